@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::fcntl::{Flock, FlockArg};
@@ -34,8 +35,22 @@ fn file(layout: &Layout) -> std::path::PathBuf {
     layout.run().join("oblak.json")
 }
 
+/// Longest wait for a lock that nobody alive says to hold. A process that died while it was starting a child leaves its lock to the child
+/// until that one has become its program; a process that is just starting has not yet written who it is.
+const SETTLES: Duration = Duration::from_secs(5);
+
 /// Takes the directory; `Err(Running)` when another process has it.
 pub fn take(layout: &Layout) -> Result<Result<Hold, Option<Running>>> {
+    let deadline = Instant::now() + SETTLES;
+    loop {
+        match try_take(layout)? {
+            Err(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(20)),
+            taken => return Ok(taken),
+        }
+    }
+}
+
+fn try_take(layout: &Layout) -> Result<Result<Hold, Option<Running>>> {
     let path = layout.run().join("lock");
     let open = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
     let open = open.with_context(|| format!("cannot open {}", path.display()))?;

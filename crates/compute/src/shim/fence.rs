@@ -114,6 +114,10 @@ pub trait Freezer: Send + Sync {
     async fn thaw(&self) -> bool;
     /// Whether it stands still already, because somebody asked for that.
     async fn is_paused(&self) -> bool;
+    /// Whether it stands still, for whatever reason.
+    async fn is_still(&self) -> bool {
+        self.is_paused().await
+    }
 }
 
 /// What a shim says about its fence.
@@ -121,7 +125,7 @@ pub trait Freezer: Send + Sync {
 pub struct FenceState {
     /// There is one.
     pub fenced: bool,
-    /// The guest is frozen because its lease has ended.
+    /// The guest is frozen because its lease has ended. Said before it is, so that nobody takes it for one that a person had paused.
     pub lease_ended: bool,
 }
 
@@ -151,6 +155,8 @@ pub struct Fencer {
     state: watch::Sender<FenceState>,
     boot_id: String,
     dir: PathBuf,
+    /// Held while it is decided whether the guest stands still, and by whoever lets it go.
+    gate: tokio::sync::Mutex<()>,
 }
 
 /// Arguments of the operation `fence` of a shim; the answer is a [`FenceState`].
@@ -178,8 +184,8 @@ impl Fencer {
     #[must_use]
     pub fn new(fence: Option<Fence>, boot_id: String, dir: &Path) -> Self {
         let state = FenceState { fenced: fence.is_some(), lease_ended: false };
-        let fencer =
-            Self { wanted: watch::Sender::new(fence), state: watch::Sender::new(state), boot_id, dir: dir.into() };
+        let (wanted, state_now) = (watch::Sender::new(fence), watch::Sender::new(state));
+        let fencer = Self { wanted, state: state_now, boot_id, dir: dir.into(), gate: tokio::sync::Mutex::new(()) };
         fencer.write(state);
         fencer
     }
@@ -207,6 +213,19 @@ impl Fencer {
     pub fn may_start(&self, clock: &dyn Clock) -> bool {
         let fence = self.wanted.borrow().clone();
         fence.is_none_or(|fence| self.look(&fence, clock) != Verdict::Freeze)
+    }
+
+    /// Lets a guest go on that somebody had paused.
+    ///
+    /// # Errors
+    /// `lease_ended` (retry): nobody may while its lease has ended. `not_resumed` (retry): the freezer failed.
+    pub async fn resume(&self, clock: &dyn Clock, freezer: &dyn Freezer) -> DriverResult<()> {
+        let _gate = self.gate.lock().await;
+        self.check_start(clock)?;
+        if freezer.thaw().await {
+            return Ok(());
+        }
+        Err(DriverError::retry("not_resumed", "the guest could not be set going yet"))
     }
 
     /// What is so now.
@@ -247,13 +266,17 @@ impl Fencer {
         let mut was_paused = false;
         loop {
             let fence = wanted.borrow_and_update().clone();
+            let gate = self.gate.lock().await;
             let verdict = fence.as_ref().map(|fence| self.look(fence, clock));
             let pause = match verdict {
-                Some(Verdict::Freeze) if frozen => FROZEN_EVERY,
+                // Whoever let it go meanwhile, past us, is not obeyed.
+                Some(Verdict::Freeze) if frozen => {
+                    if freezer.is_still().await || freezer.freeze().await { FROZEN_EVERY } else { AGAIN }
+                }
                 Some(Verdict::Freeze) => {
+                    self.say(true, true);
                     was_paused = freezer.is_paused().await;
                     frozen = was_paused || freezer.freeze().await;
-                    self.say(true, true);
                     if frozen { FROZEN_EVERY } else { AGAIN }
                 }
                 _ if frozen && !was_paused && !freezer.thaw().await => AGAIN,
@@ -262,6 +285,7 @@ impl Fencer {
                     self.say(other.is_some(), false);
                     match other {
                         Some(Verdict::RunUntil(deadline)) => {
+                            drop(gate);
                             self.sleep_until(deadline, clock, &mut wanted).await;
                             continue;
                         }
@@ -269,6 +293,7 @@ impl Fencer {
                     }
                 }
             };
+            drop(gate);
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 changed = wanted.changed() => if changed.is_err() { return },
@@ -353,6 +378,9 @@ mod tests {
         async fn is_paused(&self) -> bool {
             self.paused.load(Ordering::Relaxed)
         }
+        async fn is_still(&self) -> bool {
+            self.still.load(Ordering::Relaxed)
+        }
     }
 
     #[tokio::test(start_paused = true)]
@@ -387,12 +415,24 @@ mod tests {
         assert_eq!(state, FenceState { fenced: true, lease_ended: false });
         assert!(!still(), "the control plane said that it is still this node's");
 
+        // Nobody sets a guest going whose lease has ended: not through the shim, and not past it for long.
+        ms(18_500).await;
+        assert!(still() && fencer.state().lease_ended);
+        assert_eq!(fencer.resume(&clock, guest.as_ref()).await.unwrap_err().code, "lease_ended");
+        assert!(still());
+        guest.still.store(false, Ordering::Relaxed);
+        ms(201).await;
+        assert!(still(), "frozen again");
+        lease(2, 2, 30_000).write(&path).unwrap();
+        ms(201).await;
+        assert!(!still());
+
         // Who was paused before is not set going by a lease that comes back.
         guest.paused.store(true, Ordering::Relaxed);
         guest.still.store(true, Ordering::Relaxed);
         ms(11_000).await;
         assert!(fencer.state().lease_ended);
-        lease(2, 2, 40_000).write(&path).unwrap();
+        lease(2, 2, 60_000).write(&path).unwrap();
         ms(500).await;
         assert!(still() && !fencer.state().lease_ended);
 

@@ -124,7 +124,8 @@ pub async fn live(task: &Task, prepared: Prepared, dir: &Path, ready: &mut Ready
 }
 
 /// Freezes the processes of the container.
-struct CgroupFreezer(Group);
+/// Freezes the processes of a container.
+pub struct CgroupFreezer(pub Group);
 
 /// How often it is looked whether the kernel has stopped every process.
 const FREEZE_LOOKS: u32 = 20;

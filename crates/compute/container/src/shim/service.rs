@@ -10,12 +10,14 @@ use nix::sys::signal::Signal;
 use oblak_compute::shim::cgroup::Group;
 use oblak_compute::shim::{Answer, Call, Fanout, FenceCall, Fencer, Input, Service, ShimRecord, serve_console};
 use oblak_compute::{ExecRequest, GuestSpec};
+use oblak_platform::clock::SystemClock;
 use oblak_platform::driver::{DriverError, DriverResult};
 use oblak_platform::process::Identity;
 use serde::Deserialize;
 use tokio::sync::{mpsc, watch};
 
 use super::exec::Session;
+use super::guest::CgroupFreezer;
 use super::reaper::Reaper;
 use super::runtime::{Action, Runtime};
 use crate::bundle;
@@ -73,7 +75,7 @@ impl Shared {
         let _ = self.mark_stopping();
         if !grace.is_zero() {
             // A frozen process hears no signal. One that is frozen because its lease has ended must not go on, not even to end well.
-            if self.fencer.state().lease_ended {
+            if !self.fencer.may_start(&SystemClock) {
                 return self.end_by_force().await;
             }
             let _ = self.group.child(CONTAINER_GROUP).freeze(false);
@@ -192,6 +194,11 @@ impl Service for ContainerService {
                 let state = shared.fencer.set(call.parse::<FenceCall>()?.fence).await;
                 let value = serde_json::to_value(state).map_err(|e| DriverError::retry("bad_answer", e.to_string()))?;
                 Ok(Answer::Value(value))
+            }
+            "resume" => {
+                let freezer = CgroupFreezer(shared.group.child(CONTAINER_GROUP));
+                shared.fencer.resume(&SystemClock, &freezer).await?;
+                Ok(Answer::done())
             }
             "signal" => {
                 shared.signal(call.parse::<SignalArgs>()?.signal)?;

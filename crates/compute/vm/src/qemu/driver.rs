@@ -519,8 +519,10 @@ impl Pause for QemuDriver {
         session.qmp.execute("stop", serde_json::Value::Null).await.map_err(|e| refused(id, "pause", &e)).map(drop)
     }
     async fn resume(&self, id: InstanceId) -> DriverResult<()> {
-        let session = self.session(id).await?;
-        session.qmp.execute("cont", serde_json::Value::Null).await.map_err(|e| refused(id, "resume", &e)).map(drop)
+        // Only the shim knows whether it may go on: the lease of the node may have ended meanwhile.
+        let dir = self.dir(id);
+        super::session::running(&dir, id)?;
+        call(dir.path(), "resume", &json!({}), SHIM_DEADLINE).await.map(drop)
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use oblak_compute::shim::{Answer, Call, Fanout, FenceCall, Input, Service, serve_console};
 use oblak_model::VolumeId;
+use oblak_platform::clock::SystemClock;
 use oblak_platform::driver::{DriverError, DriverResult};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -84,6 +85,10 @@ impl Service for VmService {
                 Ok(Answer::Value(
                     serde_json::to_value(state).map_err(|e| DriverError::permanent("bad_answer", e.to_string()))?,
                 ))
+            }
+            "resume" => {
+                self.watch.fencer().resume(&SystemClock, &*self.watch).await?;
+                Ok(Answer::done())
             }
             "stop" => {
                 self.watch.ask_to_stop(Duration::from_millis(call.parse::<StopCall>()?.grace_ms));

@@ -50,6 +50,8 @@ struct State {
     seen: Seen,
     qmp: Option<Arc<Qmp>>,
     status: String,
+    /// The emulator as a whole was stopped, because it did not answer.
+    signalled: bool,
     volumes: Vec<oblak_model::VolumeId>,
     warnings: BTreeMap<String, (String, String)>,
     /// When the last write error for lack of space came.
@@ -77,12 +79,15 @@ impl Freezer for Watch {
         {
             return true;
         }
-        self.emulator().is_some_and(|emulator| emulator.signal(Signal::SIGSTOP))
+        let stopped = self.emulator().is_some_and(|emulator| emulator.signal(Signal::SIGSTOP));
+        self.lock().signalled = stopped;
+        stopped
     }
     async fn thaw(&self) -> bool {
         if let Some(emulator) = self.emulator() {
             emulator.signal(Signal::SIGCONT);
         }
+        self.lock().signalled = false;
         let Some(qmp) = self.qmp() else { return false };
         // One that waits for its memory, or was sent to another node, stands still for another reason and may run there.
         if !self.lock().seen.started {
@@ -97,6 +102,10 @@ impl Freezer for Watch {
     }
     async fn is_paused(&self) -> bool {
         self.lock().status == "paused"
+    }
+    async fn is_still(&self) -> bool {
+        let state = self.lock();
+        state.signalled || state.status != "running"
     }
 }
 
@@ -234,7 +243,7 @@ impl Watch {
                 tokio::time::sleep(RETRY_EVERY).await;
                 let Some(qmp) = self.qmp() else { return };
                 let status = ask_status(&qmp).await.unwrap_or_default();
-                if self.fencer.state().lease_ended {
+                if !self.fencer.may_start(&SystemClock) {
                     continue;
                 }
                 if status == "io-error" && qmp.execute("cont", Value::Null).await.is_err() {
@@ -273,7 +282,7 @@ impl Watch {
         self.stop.notified().await;
         let Some(qmp) = self.qmp() else { return };
         // One whose lease has ended must not go on, not even to end well.
-        if self.fencer.state().lease_ended {
+        if !self.fencer.may_start(&SystemClock) {
             self.ask_to_stop(Duration::ZERO);
         }
         // A frozen guest cannot react to a button.
