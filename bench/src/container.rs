@@ -34,8 +34,8 @@ pub fn run(context: &Context, table: &mut Table) -> Result<()> {
     copy_root(&cloud, &first.instance, &root)?;
     product::delete(&mut cloud, &first.instance)?;
     let bare = Bare::new(dir.path(), &root)?;
-    let podman = Command::new("podman").arg("version").stdout(Stdio::null()).stderr(Stdio::null()).status();
-    let podman = podman.is_ok_and(|s| s.success());
+    // Whichever of its runtimes works here; the first call also warms its store.
+    let podman = ["crun", "runc"].into_iter().find(|runtime| by_podman(runtime, &root).is_ok());
     let (mut floor, mut peer) = (Samples::default(), Samples::default());
     let (mut accepted, mut running, mut output) = (Samples::default(), Samples::default(), Samples::default());
     for round in 0..ROUNDS {
@@ -45,8 +45,8 @@ pub fn run(context: &Context, table: &mut Table) -> Result<()> {
         running.push_ms(done.running);
         output.push_ms(first_output(&cloud, &done)?);
         product::delete(&mut cloud, &done.instance)?;
-        if podman {
-            peer.push_ms(by_podman(&root)?);
+        if let Some(runtime) = podman {
+            peer.push_ms(by_podman(runtime, &root)?);
         }
     }
     let floor_is = "crun run to first output";
@@ -59,10 +59,11 @@ pub fn run(context: &Context, table: &mut Table) -> Result<()> {
             .goal(Goal::RatioAtMost(3.0)),
     );
     table.row(Row::median("  of that until the request is answered", "ms", &accepted));
-    if podman {
-        table.row(Row::beside("create to first output, beside podman run (no network)", "ms", &peer, &output));
+    if let Some(runtime) = podman {
+        let peer_is = format!("create to first output, beside podman run with {runtime} (no network)");
+        table.row(Row::beside(peer_is, "ms", &peer, &output));
     } else {
-        table.note("podman: not installed");
+        table.note("podman: not installed, or runs nothing here");
     }
     table.note("ours has a network with address, user namespace, system call filter, limits, logs and durable records; bare crun has none of these");
     table.note("running is when a watcher of the API hears it; first output is when the shim writes it to the log");
@@ -203,10 +204,12 @@ fn first_word(mut command: Command) -> Result<Duration> {
     Ok(took)
 }
 
-fn by_podman(root: &Path) -> Result<Duration> {
+/// With limits of its own: it asks for more open files than a container may have here.
+fn by_podman(runtime: &str, root: &Path) -> Result<Duration> {
     let mut command = Command::new("podman");
     command
-        .args(["run", "--rm", "--network", "none", "--cgroups", "disabled", "--rootfs"])
+        .args(["--runtime", runtime, "--cgroup-manager", "cgroupfs", "run", "--rm", "--network", "none"])
+        .args(["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--rootfs"])
         .arg(root)
         .args(["echo", "ready"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
