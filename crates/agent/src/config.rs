@@ -1,5 +1,6 @@
 //! Settings of an agent.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::time::Duration;
@@ -31,6 +32,16 @@ impl FromStr for UnderlayChoice {
             other => {
                 other.parse().map(Self::Address).map_err(|_| format!("`{other}` is not an address, `auto` or `off`"))
             }
+        }
+    }
+}
+
+impl fmt::Display for UnderlayChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Route => f.write_str("auto"),
+            Self::Address(address) => address.fmt(f),
         }
     }
 }

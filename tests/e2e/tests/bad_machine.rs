@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that panics has failed")]
 
+use std::ffi::OsStr;
 use std::io::{Seek, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
@@ -47,8 +48,10 @@ fn without_root_or_port_nothing_is_begun() {
 fn up_is_idempotent_and_detaches() {
     let Some(mut cloud) = Cloud::prepare(Settings::default()) else { return };
     let detach = |cloud: &Cloud| {
-        let mut up = cloud.up_command();
-        up.arg("--detach");
+        // A path that is relative to where the command is given.
+        let relative = |word: &OsStr| if word == cloud.data { "data".into() } else { word.to_owned() };
+        let mut up = cloud.command(&[]);
+        up.args(cloud.up_command().get_args().map(relative)).arg("--detach");
         Running::start(up).wait(SOON).ok()
     };
     let first = detach(&cloud);

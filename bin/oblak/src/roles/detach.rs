@@ -32,7 +32,8 @@ pub fn start<W: AsRef<OsStr>>(layout: &Layout, words: impl IntoIterator<Item = W
     let (out, err) = (open()?, open()?);
     let start = out.metadata().map_or(0, |m| m.len());
     let mut command = Command::new(std::env::current_exe().context("cannot find our own program")?);
-    command.args(words).stdin(Stdio::null()).stdout(out).stderr(err).current_dir("/");
+    // In the directory of the caller: the words may name others relative to it.
+    command.args(words).stdin(Stdio::null()).stdout(out).stderr(err);
     // A session of its own, so that closing the terminal does not end it.
     // SAFETY: setsid is async-signal-safe and touches no memory of the parent.
     unsafe { command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(Into::into)) };

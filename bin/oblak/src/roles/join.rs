@@ -62,6 +62,7 @@ pub fn run(args: &JoinArgs) -> Result<ExitCode> {
         drop(hold);
         let data = layout.root().display().to_string();
         let mut words = vec!["agent".to_string(), "--data".into(), data];
+        words.extend(["--underlay".to_string(), args.underlay.to_string()]);
         words.extend(args.recipes.iter().flat_map(|dir| ["--recipes".to_string(), dir.display().to_string()]));
         words.extend(args.pools.iter().flat_map(|pool| ["--shared-pool".to_string(), pool.to_string()]));
         words.extend(args.log_json.then(|| "--log-json".to_string()));

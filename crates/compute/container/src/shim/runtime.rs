@@ -120,8 +120,12 @@ async fn first_bytes(pipes: &mut Streams) -> String {
 
 /// The last line of an error text in a readable length, without the time that some runtimes put in front.
 pub fn short(text: &str) -> String {
-    let line =
-        text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or("the OCI runtime failed without a message").trim();
+    let text = without_colours(text);
+    let last = |wanted: &dyn Fn(&str) -> bool| text.lines().rev().map(str::trim).find(|line| wanted(line));
+    // youki writes `<time> ERROR <module>: <message>` and a backtrace after that.
+    let logged = last(&|line| line.starts_with("20") && line.contains(" ERROR "));
+    let logged = logged.and_then(|line| line.split_once(" ERROR ")?.1.split_once(": ")).map(|(_, message)| message);
+    let line = logged.or_else(|| last(&|line| !line.is_empty())).unwrap_or("the OCI runtime failed without a message");
     // runc writes `time="..." level=error msg="..."`; the message is what people need.
     let line = line.split_once("msg=\"").map_or(line, |(_, m)| m.trim_end_matches('"'));
     let line = match line.split_once("Z: ") {
@@ -129,6 +133,13 @@ pub fn short(text: &str) -> String {
         _ => line,
     };
     line.replace("\\\"", "\"").chars().take(ERROR_CHARS).collect()
+}
+
+/// Without the sequences of ECMA-48 that set colours: ESC `[`, parameters, `m`.
+fn without_colours(text: &str) -> String {
+    let mut parts = text.split("\x1b[");
+    let plain = parts.next().unwrap_or_default().to_string();
+    parts.fold(plain, |plain, part| plain + part.split_once('m').map_or(part, |(_, rest)| rest))
 }
 
 #[cfg(test)]
@@ -142,6 +153,8 @@ mod tests {
             "executable file `x` not found in $PATH"
         );
         assert_eq!(short("time=\"2026\" level=error msg=\"exec: \\\"x\\\": not found\"\n"), "exec: \"x\": not found");
+        let youki = "\x1b[2m2026-01-02T03:04:05.6Z\x1b[0m \x1b[31mERROR\x1b[0m \x1b[2myouki\x1b[0m\x1b[2m:\x1b[0m error in executing command: no\n\nStack backtrace:\n   0: <unknown>\n";
+        assert_eq!(short(youki), "error in executing command: no");
         assert_eq!(short(""), "the OCI runtime failed without a message");
     }
 }
