@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod conformance;
 pub mod fake;
+pub mod locks;
 
 /// What the volume driver can do here.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

@@ -21,8 +21,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use oblak_model::{Size, SnapshotId, VolumeId};
 use oblak_platform::driver::{Availability, DriverError, DriverResult};
+use oblak_volume::locks::Stripes;
 use oblak_volume::{Capabilities, Claim, SnapshotVolume, Source, VolumeDriver, VolumeHandle, VolumeSpec};
-use tokio::sync::{Mutex, OwnedMutexGuard};
 
 mod copy;
 mod epoch;
@@ -34,9 +34,6 @@ mod snapshot;
 
 use pool::Pool;
 
-/// Locks that volumes share; two volumes with the same one merely wait for each other.
-const STRIPES: usize = 64;
-
 /// The driver. Cheap to clone; clones share their locks. One process uses a pool at a time; of a shared pool, one at a
 /// time uses a volume.
 #[derive(Clone)]
@@ -46,7 +43,7 @@ pub struct FileDriver {
 
 struct Inner {
     pool: Pool,
-    stripes: [Arc<Mutex<()>>; STRIPES],
+    locks: Stripes,
 }
 
 impl FileDriver {
@@ -54,7 +51,7 @@ impl FileDriver {
     #[must_use]
     pub fn new(dir: impl AsRef<Path>) -> Self {
         let pool = Pool::new(dir.as_ref());
-        Self { inner: Arc::new(Inner { pool, stripes: std::array::from_fn(|_| Arc::default()) }) }
+        Self { inner: Arc::new(Inner { pool, locks: Stripes::default() }) }
     }
 
     /// For a pool in `dir` that several nodes have, all under the same path: nothing in it depends on files of one node, and volumes must be
@@ -62,7 +59,7 @@ impl FileDriver {
     #[must_use]
     pub fn shared(dir: impl AsRef<Path>) -> Self {
         let pool = Pool::shared(dir.as_ref());
-        Self { inner: Arc::new(Inner { pool, stripes: std::array::from_fn(|_| Arc::default()) }) }
+        Self { inner: Arc::new(Inner { pool, locks: Stripes::default() }) }
     }
 
     /// The pool's directory.
@@ -78,7 +75,7 @@ impl FileDriver {
         ids: &[VolumeId],
         work: impl FnOnce(&Pool) -> DriverResult<T> + Send + 'static,
     ) -> DriverResult<T> {
-        let locks = self.inner.lock(ids).await;
+        let locks = self.inner.locks.lock(ids).await;
         let inner = Arc::clone(&self.inner);
         let done = tokio::task::spawn_blocking(move || {
             let _locks = locks;
@@ -86,20 +83,6 @@ impl FileDriver {
         });
         done.await
             .unwrap_or_else(|error| Err(DriverError::retry("internal", format!("a volume task ended badly: {error}"))))
-    }
-}
-
-impl Inner {
-    /// In order of the stripes, so that two callers never wait for each other.
-    async fn lock(&self, ids: &[VolumeId]) -> Vec<OwnedMutexGuard<()>> {
-        let mut stripes: Vec<usize> = ids.iter().map(|id| usize::from(id.0.as_bytes()[15]) % STRIPES).collect();
-        stripes.sort_unstable();
-        stripes.dedup();
-        let mut locks = Vec::with_capacity(stripes.len());
-        for stripe in stripes {
-            locks.push(Arc::clone(&self.stripes[stripe]).lock_owned().await);
-        }
-        locks
     }
 }
 

@@ -21,8 +21,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use oblak_model::{Size, SnapshotId, VolumeId};
 use oblak_platform::driver::{Availability, DriverError, DriverResult};
+use oblak_volume::locks::Stripes;
 use oblak_volume::{Capabilities, Claim, SnapshotVolume, Source, VolumeDriver, VolumeHandle, VolumeSpec};
-use tokio::sync::{Mutex, OwnedMutexGuard};
 
 mod command;
 mod fence;
@@ -31,9 +31,6 @@ mod probe;
 mod snapshot;
 
 use command::Ceph;
-
-/// Locks that volumes share; two volumes with the same one merely wait for each other.
-const STRIPES: usize = 64;
 
 /// Where the cluster is and who we are there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,14 +51,14 @@ pub struct RbdDriver {
 
 struct Inner {
     ceph: Ceph,
-    stripes: [Arc<Mutex<()>>; STRIPES],
+    locks: Stripes,
 }
 
 impl RbdDriver {
     /// For one pool. Nothing is looked at before the first call.
     #[must_use]
     pub fn new(config: RbdConfig) -> Self {
-        Self { inner: Arc::new(Inner { ceph: Ceph::new(config), stripes: std::array::from_fn(|_| Arc::default()) }) }
+        Self { inner: Arc::new(Inner { ceph: Ceph::new(config), locks: Stripes::default() }) }
     }
 
     /// Runs work that holds the locks of `ids` in a task of its own: a call that is given up ends in order, and who comes next waits for it.
@@ -71,7 +68,7 @@ impl RbdDriver {
         F: Future<Output = DriverResult<T>> + Send,
         W: FnOnce(Arc<Inner>) -> F + Send + 'static,
     {
-        let locks = self.inner.lock(ids).await;
+        let locks = self.inner.locks.lock(ids).await;
         let inner = Arc::clone(&self.inner);
         let done = tokio::spawn(async move {
             let _locks = locks;
@@ -79,20 +76,6 @@ impl RbdDriver {
         });
         done.await
             .unwrap_or_else(|error| Err(DriverError::retry("internal", format!("a volume task ended badly: {error}"))))
-    }
-}
-
-impl Inner {
-    /// In order of the stripes, so that two callers never wait for each other.
-    async fn lock(&self, ids: &[VolumeId]) -> Vec<OwnedMutexGuard<()>> {
-        let mut stripes: Vec<usize> = ids.iter().map(|id| usize::from(id.0.as_bytes()[15]) % STRIPES).collect();
-        stripes.sort_unstable();
-        stripes.dedup();
-        let mut locks = Vec::with_capacity(stripes.len());
-        for stripe in stripes {
-            locks.push(Arc::clone(&self.stripes[stripe]).lock_owned().await);
-        }
-        locks
     }
 }
 
