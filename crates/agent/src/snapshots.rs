@@ -56,12 +56,36 @@ pub async fn work(ctx: &Context, driver: &Arc<dyn ComputeDriver>, instance: &Ins
         }
         let memory = snapshot.spec.memory && running;
         let taken = ability.snapshot(id, snapshot_id, memory).await;
-        ctx.report(report(snapshot, taken.map(|size| (size, memory))));
+        ctx.report(report(snapshot, taken.map(|size| (size, memory)).map_err(|e| with_names(instance, e))));
     }
     !todo.is_empty()
+}
+
+/// Drivers know volumes by id, people by name.
+fn with_names(instance: &Instance, mut error: DriverError) -> DriverError {
+    for (id, attachment) in instance.status.resolved.volumes.iter().zip(&instance.spec.volumes) {
+        error.detail = error.detail.replace(&id.to_string(), &attachment.volume);
+    }
+    error
 }
 
 fn release(ctx: &Context, snapshot: &Snapshot) {
     let project = snapshot.metadata.project.clone().unwrap_or_default();
     ctx.report(ReportItem::Released { object_kind: "snapshot".into(), project, id: snapshot.metadata.id });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oblak_model::{InstanceSpec, VolumeAttachment, VolumeId};
+
+    #[test]
+    fn errors_name_volumes_as_people_do() {
+        let data = VolumeAttachment { volume: "data".into(), ..VolumeAttachment::default() };
+        let mut web = Instance::new("web", InstanceSpec { volumes: vec![data], ..InstanceSpec::default() });
+        let id = VolumeId(uuid::Uuid::from_u128(7));
+        web.status.resolved.volumes = vec![id];
+        let error = DriverError::permanent("volumes_attached", format!("volume {id} is not part of it"));
+        assert_eq!(with_names(&web, error).detail, "volume data is not part of it");
+    }
 }
