@@ -19,8 +19,8 @@ const NEEDED: [(&str, &str); 6] = [
 ];
 /// Programs that go along where they are installed. `ldd` is a script for bash.
 const TAKEN: [&str; 9] = ["crun", "runc", "mkfs.ext4", "e2fsck", "resize2fs", "ip", "unshare", "ldd", "bash"];
-/// How long it may take altogether; without hardware virtualization, on a busy machine.
-const DEADLINE: Duration = Duration::from_secs(540);
+/// How long each of the test programs may take; without hardware virtualization, on a busy machine.
+const DEADLINE: Duration = Duration::from_secs(420);
 /// Size of its disk, a sparse file.
 const DISK_BYTES: u64 = 1 << 30;
 /// Label that the initrd of the tiny image looks for.
@@ -68,7 +68,7 @@ pub fn run(tests: &[(PathBuf, &str)], examples: &[PathBuf]) -> String {
     let mut mkfs = Command::new(find("mke2fs").unwrap());
     let made = mkfs.args(["-q", "-F", "-t", "ext4", "-L", LABEL, "-d"]).arg(&root).arg(&disk).status().unwrap();
     assert!(made.success(), "mke2fs: {made}");
-    boot(temp.path(), &disk)
+    boot(temp.path(), &disk, DEADLINE * u32::try_from(tests.len()).unwrap())
 }
 
 fn lay_out(root: &Path) {
@@ -107,7 +107,7 @@ fn put(root: &Path, program: &Path, to: &Path) {
     }
 }
 
-fn boot(dir: &Path, disk: &Path) -> String {
+fn boot(dir: &Path, disk: &Path, patience: Duration) -> String {
     let tiny = PathBuf::from(std::env::var_os(TINY).unwrap());
     let console = dir.join("console");
     let output = std::fs::File::create(&console).unwrap();
@@ -128,7 +128,7 @@ fn boot(dir: &Path, disk: &Path) -> String {
         .stderr(output)
         .spawn()
         .unwrap();
-    let end = Instant::now() + DEADLINE;
+    let end = Instant::now() + patience;
     while machine.try_wait().unwrap().is_none() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(100));
     }
