@@ -4,6 +4,7 @@
 
 mod check;
 mod levels;
+mod nested;
 mod tools;
 mod up;
 
@@ -18,6 +19,7 @@ tasks:
   test [level..]   everything CI runs, or some levels: check unit e2e docs
   check [step..]   formatting, lints, arrows between crates, file lengths, banned calls, drift of generated files
   images           build the guest images that tests need
+  nested           the container tests in a nested machine that has version 2 of cgroups only
   bench [name..]   measure against floors and peers; prints tables
   fuzz TARGET.. [--seconds N] [--seed S]
                    feed parsers with changed inputs; `all` are all targets
@@ -45,6 +47,7 @@ fn task() -> Result<()> {
         Some("test") => levels::test(rest),
         Some("check") => check::some(rest),
         Some("images") => levels::images().map(|dir| println!("{}", dir.display())),
+        Some("nested") => nested::run(),
         Some("bench") => bench(rest),
         Some("fuzz") => fuzz(rest),
         Some("sim") => sim(rest),

@@ -204,25 +204,52 @@ impl Group {
         self.dirs().try_for_each(|dir| std::fs::write(dir.join("cgroup.procs"), pid.to_string()))
     }
 
-    /// Sets limits; may be called again while the group is in use.
+    /// Sets limits; may be called again while the group is in use. Memory comes first, so that a refusal changes nothing.
     ///
     /// # Errors
-    /// Any I/O error; the kernel refuses a memory limit below what cannot be reclaimed.
+    /// Any I/O error; `ResourceBusy` when more memory is in use than allowed and cannot be reclaimed.
     pub fn limit(&self, limits: &Limits) -> io::Result<()> {
         const PERIOD_US: u64 = 100_000;
         let quota = u64::from(limits.cpu_milli) * PERIOD_US / 1000;
         let or_max = |n: u64| if n == 0 { "max".to_string() } else { n.to_string() };
         if self.cgroups.unified {
+            self.limit_memory_v2(limits.memory_bytes)?;
             self.write("cpu", "cpu.max", &format!("{} {PERIOD_US}", or_max(quota)))?;
-            self.write("memory", "memory.max", &or_max(limits.memory_bytes))?;
-            // Absent where the kernel has no swap accounting: then there is nothing to forbid.
-            let _ = self.write("memory", "memory.swap.max", if limits.memory_bytes == 0 { "max" } else { "0" });
             return self.write("pids", "pids.max", &or_max(limits.pids.into()));
         }
+        self.limit_memory_v1(limits.memory_bytes)?;
         self.write("cpu", "cpu.cfs_period_us", &PERIOD_US.to_string())?;
         self.write("cpu", "cpu.cfs_quota_us", &if quota == 0 { "-1".to_string() } else { quota.to_string() })?;
-        self.limit_memory_v1(limits.memory_bytes)?;
         self.write("pids", "pids.max", &or_max(limits.pids.into()))
+    }
+
+    /// Where version 1 refuses a limit below what is in use, version 2 takes it and kills. So what is in use is reclaimed down to the new
+    /// limit first, by `memory.high`, which never kills; it stays until the limit holds, and slows down whoever grows meanwhile.
+    fn limit_memory_v2(&self, bytes: u64) -> io::Result<()> {
+        let in_use = || self.read("memory", "memory.current").and_then(|t| t.trim().parse::<u64>().ok()).unwrap_or(0);
+        if bytes == 0 {
+            self.write("memory", "memory.max", "max")?;
+            let _ = self.write("memory", "memory.swap.max", "max");
+            return Ok(());
+        }
+        let shrinks = in_use() > bytes;
+        if shrinks {
+            self.write("memory", "memory.high", &bytes.to_string())?;
+        }
+        let left = in_use();
+        let result = if left > bytes {
+            let text = format!("{left} bytes of memory are in use and cannot be reclaimed");
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, text))
+        } else {
+            self.write("memory", "memory.max", &bytes.to_string())
+        };
+        if shrinks {
+            self.write("memory", "memory.high", "max")?;
+        }
+        result?;
+        // Absent where the kernel has no swap accounting: then there is nothing to forbid.
+        let _ = self.write("memory", "memory.swap.max", "0");
+        Ok(())
     }
 
     fn limit_memory_v1(&self, bytes: u64) -> io::Result<()> {

@@ -1,12 +1,14 @@
 //! Finding out whether a runtime works: the host's `true` in a container like any other, once.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::mount::MsFlags;
 use oblak_compute::shim::Ready;
-use oblak_compute::shim::cgroup::Cgroups;
+use oblak_compute::shim::cgroup::{Cgroups, Group};
 use oblak_platform::driver::{DriverError, DriverResult};
 
 use super::runtime::{Runtime, short};
@@ -24,7 +26,7 @@ pub fn run(task: &Task, ready: &mut Ready) -> DriverResult<()> {
     let cgroups = Cgroups::detect().map_err(|e| DriverError::unsupported(format!("cgroups: {e}")))?;
     let group = task::group(&cgroups, task.spec.id, task::instances_of(&task.spec.dir));
     sys::private_mounts().map_err(|e| DriverError::io("private mount namespace", &e))?;
-    let result = try_run(task, &cgroups);
+    let result = try_run(task, &cgroups, &group);
     let end = Instant::now() + Duration::from_secs(5);
     while !group.pids().is_empty() && Instant::now() < end {
         group.kill_once();
@@ -36,7 +38,26 @@ pub fn run(task: &Task, ready: &mut Ready) -> DriverResult<()> {
     Ok(())
 }
 
-fn try_run(task: &Task, cgroups: &Cgroups) -> DriverResult<()> {
+/// Lets the runtime run where and how those of real containers do. The container's own root, who is nobody out here, has to pass through all
+/// groups above its own when it mounts version 2: through those that the runtime makes, which depends on the umask, and through those that
+/// were there before, which somebody with a strict umask may have made. The group of the runtime opens them.
+fn as_every_container(command: &mut Command, group: &Group) -> std::io::Result<()> {
+    let tracking = group.child(task::RUNTIME_GROUP).tracking_file()?;
+    let tracking = std::fs::OpenOptions::new().write(true).open(tracking)?;
+    // SAFETY: both calls are async-signal-safe and touch no memory but a constant.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::write(tracking.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
+                return Err(std::io::Error::last_os_error());
+            }
+            libc::umask(0o022);
+            Ok(())
+        });
+    }
+    Ok(())
+}
+
+fn try_run(task: &Task, cgroups: &Cgroups, group: &Group) -> DriverResult<()> {
     let spec = &task.spec;
     let stage = Stage::new(&[&task.runtime])?;
     let rootfs = stage.make_dir("rootfs")?;
@@ -46,23 +67,14 @@ fn try_run(task: &Task, cgroups: &Cgroups) -> DriverResult<()> {
     nix::mount::mount(none, &rootfs, none, MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY, none)
         .map_err(|e| io(e.into()))?;
     let capabilities = crate::security::capabilities(&spec.container)?;
-    let env =
-        super::environment(spec, cgroups, &task::group(cgroups, spec.id, task::instances_of(&spec.dir)), capabilities)?;
+    let env = super::environment(spec, cgroups, group, capabilities)?;
     let parts = Parts { root: rootfs, ..Parts::default() };
     super::write_config(&stage, &bundle::config(spec, &User { home: "/".into(), ..User::default() }, &parts, &env))?;
     let runtime = Runtime { program: task.runtime.clone(), stage: stage.dir.clone(), id: spec.id.to_string() };
     let log = stage.dir.join("probe.log");
     let mut command = runtime.command(&log);
     command.arg("run").arg("--bundle").arg(&stage.dir).arg(&runtime.id);
-    // As for every container: the runtime makes cgroups that the container's own root, who is nobody out here, has to pass through when it
-    // mounts version 2. With the umask of a shim no container would run there.
-    // SAFETY: umask is async-signal-safe and touches no memory.
-    unsafe {
-        std::os::unix::process::CommandExt::pre_exec(&mut command, || {
-            libc::umask(0o022);
-            Ok(())
-        });
-    }
+    as_every_container(&mut command, group).map_err(io)?;
     let mut child = sys::dies_with_us(&mut command)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

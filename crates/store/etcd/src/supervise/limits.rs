@@ -1,6 +1,7 @@
 //! What etcd may take, and that it is among the last to go when memory runs out. All of it is best effort: a machine without a
 //! controller runs etcd all the same.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -48,6 +49,9 @@ fn confine(dir: &Path, values: &[(&str, &str)], pid: i32) -> std::io::Result<()>
         return Err(std::io::Error::from(std::io::ErrorKind::NotFound));
     }
     std::fs::create_dir_all(dir)?;
+    if let Some(parent) = dir.parent() {
+        open_way(parent);
+    }
     for (file, value) in values {
         // Limits after which it would be smaller than it is are refused by the kernel; it runs on without.
         if let Err(error) = std::fs::write(dir.join(file), value) {
@@ -55,6 +59,22 @@ fn confine(dir: &Path, values: &[(&str, &str)], pid: i32) -> std::io::Result<()>
         }
     }
     std::fs::write(dir.join("cgroup.procs"), pid.to_string())
+}
+
+/// Our part of a tree is shared with guests: the root of a container passes through it although the service's umask keeps others out. In
+/// version 2 a group has the limits that all those above it hand down.
+fn open_way(ours: &Path) {
+    let mode = std::fs::Permissions::from_mode(0o755);
+    if let Err(error) = std::fs::set_permissions(ours, mode) {
+        tracing::debug!(dir = %ours.display(), %error, "containers may be unable to mount cgroups");
+    }
+    for dir in ours.parent().into_iter().chain([ours]) {
+        let file = dir.join("cgroup.subtree_control");
+        // One at a time: a controller that this kernel lacks must not take the other with it. Version 1 has no such file.
+        for controller in ["+memory", "+pids"].into_iter().filter(|_| file.exists()) {
+            let _ = std::fs::write(&file, controller);
+        }
+    }
 }
 
 /// Takes the cgroup away after etcd has ended. Says whether none is left: a process that nobody has waited for yet still holds it.
@@ -66,4 +86,27 @@ pub fn clear(settings_dir: &Path) -> bool {
         let dir = tree.join("oblak").join(&name);
         (!dir.exists() || std::fs::remove_dir(&dir).is_ok()) && gone
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_may_pass_and_limits_are_handed_down() {
+        let tree = tempfile::tempdir().unwrap();
+        let ours = tree.path().join("oblak");
+        std::fs::create_dir(&ours).unwrap();
+        std::fs::set_permissions(&ours, std::fs::Permissions::from_mode(0o700)).unwrap();
+        for dir in [tree.path(), &ours] {
+            std::fs::write(dir.join("cgroup.subtree_control"), "").unwrap();
+        }
+        confine(&ours.join("etcd-0"), &[("memory.max", "1")], 7).unwrap();
+        assert_eq!(std::fs::metadata(&ours).unwrap().permissions().mode() & 0o777, 0o755);
+        for dir in [tree.path(), &ours] {
+            assert_eq!(std::fs::read_to_string(dir.join("cgroup.subtree_control")).unwrap(), "+pids");
+        }
+        assert_eq!(std::fs::read_to_string(ours.join("etcd-0/memory.max")).unwrap(), "1");
+        assert_eq!(std::fs::read_to_string(ours.join("etcd-0/cgroup.procs")).unwrap(), "7");
+    }
 }
