@@ -1,7 +1,7 @@
 //! Many resources at once: all of them become what they should be, in one commit, or none does. A plan stops before the commit.
 
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::http::{Method, StatusCode, Uri};
 use oblak_control::lifecycle::{DEFAULT_STRATEGY, explanation, request};
 use oblak_identity::{Action as Right, Principal};
 use oblak_model::wire::{Action, Applied, Apply, Change, FieldChange, Resource as Item};
@@ -17,7 +17,7 @@ use crate::error::Answer;
 use crate::explain::world;
 use crate::kinds::{Resource, instance_volumes};
 use crate::request::{Payload, Query, from_json, from_value};
-use crate::rest::{Idempotency, Wanted, accept, admit, apply_spec, replayed, shown};
+use crate::rest::{Idempotency, IdempotencyHeader, Wanted, accept, admit, apply_spec, replayed, shown};
 use crate::state::App;
 
 /// Fields of one resource that a plan lists.
@@ -34,7 +34,7 @@ pub(crate) async fn apply(
     query: Query,
     method: Method,
     uri: Uri,
-    headers: HeaderMap,
+    idempotency: IdempotencyHeader,
     Payload(body): Payload,
 ) -> Answer {
     query.only(&["plan"])?;
@@ -49,7 +49,7 @@ pub(crate) async fn apply(
         applied.revision = app.docs.revision();
         return answer(&applied);
     }
-    let mut idempotency = Idempotency::of(&headers, &caller.principal, &method, uri.path(), &body)?;
+    let mut idempotency = Idempotency::of(&idempotency, &caller.principal, &method, uri.path(), &body)?;
     if let Some(key) = &mut idempotency
         && let Some(record) = key.earlier(&app).await?
     {

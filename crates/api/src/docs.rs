@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 
 use oblak_model::{Kind, MigrationPhase, Object, Revision, Scope};
 use oblak_store::objects::{self, SCHEMA_VERSION};
-use oblak_store::{Cache, CacheSource, Entry, Key, Prefix, StoreError};
+use oblak_store::{Cache, CacheSource, Entry, Prefix, StoreError};
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer};
 use uuid::Uuid;
@@ -41,7 +41,9 @@ pub(crate) const UNFINISHED: &str = "unfinished";
 pub(crate) enum Doc {
     /// An object.
     Object(Box<ObjectDoc>),
-    /// A name, an address, a reservation, a secret.
+    /// A name, with the id of what has it.
+    Name(Uuid),
+    /// An address, a reservation, a secret.
     Plain,
 }
 
@@ -132,7 +134,10 @@ struct HeadResolved {
 }
 #[derive(Deserialize)]
 struct PortHead {
+    metadata: HeadMeta,
     spec: PortHeadSpec,
+    #[serde(default)]
+    status: HeadStatus,
 }
 #[derive(Deserialize)]
 struct PortHeadSpec {
@@ -184,6 +189,10 @@ impl ObjectDoc {
 
 pub(crate) fn decode(entry: &Entry) -> Result<Doc, StoreError> {
     let kind = entry.key.segments().next().unwrap_or_default();
+    if kind == "name" {
+        let id = entry.value.get(1..).and_then(|json| serde_json::from_slice(json).ok());
+        return Ok(id.map_or(Doc::Plain, Doc::Name));
+    }
     if PLAIN.contains(&kind) {
         return Ok(Doc::Plain);
     }
@@ -195,7 +204,14 @@ pub(crate) fn decode(entry: &Entry) -> Result<Doc, StoreError> {
         }
         None => return Err(corrupt("empty value".into())),
     };
-    let head: Head = serde_json::from_slice(json).map_err(|e| corrupt(e.to_string()))?;
+    // What a spec calls `instance` is an id in ports only.
+    let (head, port) = if kind == "port" {
+        let port: PortHead = serde_json::from_slice(json).map_err(|e| corrupt(e.to_string()))?;
+        let PortHead { metadata, spec, status } = port;
+        (Head { metadata, spec: HeadSpec::default(), status }, Some(spec.instance))
+    } else {
+        (serde_json::from_slice::<Head>(json).map_err(|e| corrupt(e.to_string()))?, None)
+    };
     let (generation, revision) =
         revision_span(&entry.value).ok_or_else(|| corrupt("it has no revision field".into()))?;
     let missing = match (head.metadata.project, head.metadata.labels) {
@@ -204,12 +220,7 @@ pub(crate) fn decode(entry: &Entry) -> Result<Doc, StoreError> {
         (false, true) => "\"project\":null,",
         (false, false) => "\"project\":null,\"labels\":{},",
     };
-    let owner = if kind == "port" {
-        let port: PortHead = serde_json::from_slice(json).map_err(|e| corrupt(e.to_string()))?;
-        Some(port.spec.instance)
-    } else {
-        head.status.attached_to.or(head.status.instance)
-    };
+    let owner = port.or(head.status.attached_to).or(head.status.instance);
     let placement = head.status.placement.map(|p| p.node);
     let moving = head.status.migration.filter(|m| !m.phase.is_over());
     let copies = match (kind, moving) {
@@ -257,7 +268,7 @@ impl Doc {
     pub fn object(&self) -> Option<&ObjectDoc> {
         match self {
             Self::Object(doc) => Some(doc),
-            Self::Plain => None,
+            Self::Name(_) | Self::Plain => None,
         }
     }
 }
@@ -296,19 +307,41 @@ pub(crate) fn json(item: &Item) -> Vec<u8> {
 
 /// The id that a name key holds.
 pub(crate) fn named_id(item: &Item) -> Option<Uuid> {
-    serde_json::from_slice(item.raw.get(1..)?).ok()
+    match item.value {
+        Doc::Name(id) => Some(id),
+        Doc::Object(_) | Doc::Plain => None,
+    }
 }
 
 /// The object of a kind by name or id.
 pub(crate) fn find<K: Kind>(docs: &Docs, scope: &str, name_or_id: &str) -> Option<Arc<Item>> {
-    let key = match name_or_id.parse::<Uuid>() {
-        Ok(id) => objects::object_key::<K>(scope, id),
-        Err(_) => {
-            let name = Key::from_segments(["name", K::KIND, scope, name_or_id]).ok()?;
-            objects::object_key::<K>(scope, docs.get(&name).as_deref().and_then(named_id)?)
-        }
-    };
-    docs.get(&key)
+    if scope.contains('/') || name_or_id.contains('/') {
+        return None;
+    }
+    // The keys are only looked up, so they are put together in one buffer and never checked: no key is stored that is not valid.
+    let mut path = String::with_capacity(LOOKUP);
+    docs.view(|view| {
+        let id = match name_or_id.parse::<Uuid>() {
+            Ok(id) => id,
+            Err(_) => {
+                put_path(&mut path, &["name", K::KIND, scope, name_or_id]);
+                named_id(view.get(&path)?)?
+            }
+        };
+        put_path(&mut path, &[K::KIND, scope, id.as_hyphenated().encode_lower(&mut Uuid::encode_buffer())]);
+        view.get(&path).cloned()
+    })
+}
+
+/// Room for nearly every key that is looked up.
+const LOOKUP: usize = 128;
+
+fn put_path(path: &mut String, segments: &[&str]) {
+    path.clear();
+    for segment in segments {
+        path.push('/');
+        path.push_str(segment);
+    }
 }
 
 /// Decodes an item that [`find`] or a range found.
@@ -349,6 +382,7 @@ pub(crate) fn scope_of<K: Kind>(project: Option<&str>) -> &str {
 mod tests {
     use super::*;
     use oblak_model::{Instance, InstanceKind, InstanceSpec};
+    use oblak_store::Key;
     use proptest::prelude::*;
 
     proptest! {

@@ -102,8 +102,19 @@ impl Draft {
         self.key_of::<K>(scope, name_or_id)?.map_or(Ok(None), |key| self.at(&key))
     }
 
+    /// Whether [`Draft::find`] would find something.
+    pub fn exists<K: Kind>(&self, scope: &str, name_or_id: &str) -> Result<bool, ApiError> {
+        if self.batch.is_empty() {
+            return Ok(docs::find::<K>(&self.app.docs, scope, name_or_id).is_some());
+        }
+        Ok(self.find::<K>(scope, name_or_id)?.is_some())
+    }
+
     /// As [`Draft::find`], decoded once for all changes that look at it.
     pub fn find_shared<K: Kind>(&self, scope: &str, name_or_id: &str) -> Result<Option<Arc<Object<K>>>, ApiError> {
+        if self.batch.is_empty() {
+            return self.app.shared::<K>(scope, name_or_id);
+        }
         self.key_of::<K>(scope, name_or_id)?.map_or(Ok(None), |key| self.shared_at(&key))
     }
 
@@ -145,7 +156,15 @@ impl Draft {
     /// As [`Draft::list`], decoded once for all changes that look at them.
     pub fn list_shared<K: Kind>(&self, scope: Option<&str>) -> Result<Vec<Arc<Object<K>>>, ApiError> {
         let prefix: Prefix = objects::object_prefix::<K>(scope);
-        let mut keys: BTreeSet<Key> = self.app.docs.all(&prefix).iter().map(|item| item.key.clone()).collect();
+        let items = self.app.docs.all(&prefix);
+        if self.batch.pending_below(&prefix).next().is_none() {
+            return items
+                .iter()
+                .map(|item| docs::shared::<K>(item))
+                .collect::<Result<_, _>>()
+                .map_err(|e| store_error(&e));
+        }
+        let mut keys: BTreeSet<Key> = items.iter().map(|item| item.key.clone()).collect();
         keys.extend(self.batch.pending_below(&prefix).map(|write| write.key().clone()));
         keys.iter().filter_map(|key| self.shared_at(key).transpose()).collect()
     }

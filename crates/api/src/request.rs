@@ -170,6 +170,16 @@ pub(crate) fn if_match(headers: &HeaderMap) -> Result<Option<Revision>, ApiError
     })
 }
 
+/// The revision of `If-None-Match`, when there is one. Taken out by itself, so that reads need no copy of all headers.
+pub(crate) struct IfNoneMatch(pub Option<Revision>);
+
+impl FromRequestParts<App> for IfNoneMatch {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Self::Rejection> {
+        Ok(Self(parts.headers.get(header::IF_NONE_MATCH).and_then(|v| parse_etag(v.to_str().ok()?))))
+    }
+}
+
 /// The revision in an ETag; quotes may be left out.
 pub(crate) fn parse_etag(text: &str) -> Option<Revision> {
     text.trim().trim_start_matches("W/").trim_matches('"').parse().ok()

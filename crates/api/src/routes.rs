@@ -1,11 +1,10 @@
 //! Every path in one place.
 
 use axum::Router;
-use axum::middleware::from_fn_with_state;
 use axum::routing::{any, get, post, put};
 use oblak_model::{EventKind, ImageKind, InstanceKind};
 
-use crate::middleware::{not_found, track, wrong_method};
+use crate::middleware::{Track, not_found, wrong_method};
 use crate::state::App;
 use crate::{admin, apply, cluster, explain, members, node, openapi, rest, stream};
 
@@ -62,6 +61,6 @@ pub(crate) fn router(app: App) -> Router {
         .route("/v1/nodes/{name}/images/{image}/content", get(stream::image_for_node))
         .fallback(not_found)
         .method_not_allowed_fallback(wrong_method)
-        .layer(from_fn_with_state(app.clone(), track))
+        .layer(Track(app.clone()))
         .with_state(app)
 }

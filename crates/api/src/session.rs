@@ -9,7 +9,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use oblak_identity::Principal;
 use oblak_identity::principal::unauthenticated;
 use oblak_identity::tokens::{self, TokenRecord};
-use oblak_model::{ApiError, Kind, Timestamp, Token, TokenKind, User, UserKind};
+use oblak_model::{ApiError, Kind, ProjectKind, Timestamp, Token, TokenKind, User, UserKind};
 use oblak_store::objects;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
@@ -18,7 +18,7 @@ use crate::docs::{self, Item};
 use crate::error::store_error;
 use crate::state::App;
 
-/// Sessions remembered; when there are more, all are forgotten and made again.
+/// Sessions, and projects, remembered; when there are more, all are forgotten and made again.
 const REMEMBERED: usize = 4096;
 
 /// Somebody who was authenticated.
@@ -44,9 +44,7 @@ struct Session {
 
 impl Session {
     fn holds(&self, app: &App) -> bool {
-        let current = |item: &Arc<Item>, now: Option<&Arc<Item>>| now.is_some_and(|now| Arc::ptr_eq(now, item));
-        self.ends.is_none_or(|end| app.now() < end)
-            && app.docs.view(|view| self.from.iter().all(|item| current(item, view.get(&item.key))))
+        self.ends.is_none_or(|end| app.now() < end) && !self.from.iter().any(|item| item.is_gone())
     }
 }
 
@@ -78,6 +76,27 @@ impl Sessions {
         }
         sessions.insert(digest, Arc::new(session));
         Ok(known)
+    }
+}
+
+/// Projects that were asked for a moment ago, so that not every request searches for its own. As with sessions, an item counts only while
+/// it is the one in the cache.
+#[derive(Default)]
+pub(crate) struct Projects(RwLock<HashMap<Box<str>, Arc<Item>>>);
+
+impl Projects {
+    pub fn find(&self, app: &App, name: &str) -> Option<Arc<Item>> {
+        let known = self.0.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        if let Some(item) = known.filter(|item| !item.is_gone()) {
+            return Some(item);
+        }
+        let item = docs::find::<ProjectKind>(&app.docs, "_", name)?;
+        let mut projects = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if projects.len() >= REMEMBERED {
+            projects.clear();
+        }
+        projects.insert(name.into(), Arc::clone(&item));
+        Some(item)
     }
 }
 

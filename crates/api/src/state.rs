@@ -24,7 +24,7 @@ use crate::error::store_error;
 use crate::limits::{Buckets, StreamLimits};
 use crate::metrics::Metrics;
 use crate::middleware::RequestIds;
-use crate::session::Sessions;
+use crate::session::{Projects, Sessions};
 use crate::stream::Tunnels;
 use crate::usage::UsageRings;
 
@@ -52,6 +52,7 @@ pub(crate) struct Inner {
     pub passwords: Passwords,
     pub basic: BasicCache,
     pub sessions: Sessions,
+    pub projects: Projects,
     pub ca: Option<Ca>,
     /// The servers among which the state is spread; none where it is in a file, or in an etcd of others.
     pub cluster: OnceLock<Arc<dyn crate::members::Cluster>>,
@@ -85,6 +86,7 @@ impl App {
             passwords: Passwords::new(Arc::clone(&random)),
             basic: BasicCache::default(),
             sessions: Sessions::default(),
+            projects: Projects::default(),
             metrics: Metrics::default(),
             request_ids: RequestIds::new(&random),
             requests: Buckets::new(f64::from(limits.requests_per_second), f64::from(limits.requests_burst)),
@@ -152,7 +154,11 @@ impl App {
         if project.parse::<Uuid>().is_ok() {
             return Ok(None);
         }
-        self.shared::<ProjectKind>("_", project)
+        self.projects
+            .find(self, project)
+            .map(|item| docs::shared::<ProjectKind>(&item))
+            .transpose()
+            .map_err(|e| store_error(&e))
     }
 
     pub fn recent(&self) -> MutexGuard<'_, Recent> {

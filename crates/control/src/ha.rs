@@ -356,14 +356,9 @@ mod tests {
     }
 
     fn item(node: Node) -> Arc<Item<Node>> {
-        let raw = objects::encode(&node);
-        Arc::new(Item {
-            key: objects::key_of(&node),
-            revision: oblak_store::Revision::ZERO,
-            created: oblak_store::Revision::ZERO,
-            value: node,
-            raw,
-        })
+        let (key, value) = (objects::key_of(&node), objects::encode(&node));
+        let (revision, created) = (oblak_store::Revision::ZERO, oblak_store::Revision::ZERO);
+        Arc::new(Item::new(oblak_store::Entry { key, value, revision, created }, node))
     }
 
     #[test]

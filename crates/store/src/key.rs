@@ -13,6 +13,9 @@ use crate::StoreError;
 /// Longest key in bytes, slashes included.
 pub const MAX_KEY_BYTES: usize = 512;
 
+/// Room for nearly every key.
+const USUAL_KEY_BYTES: usize = 128;
+
 /// The name of one value: `/kind/scope/id`. Cheap to clone. Ordered bytewise.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key(Arc<str>);
@@ -36,7 +39,7 @@ impl Key {
     /// # Errors
     /// As [`Key::new`]; also when a segment contains a slash.
     pub fn from_segments<S: AsRef<str>>(segments: impl IntoIterator<Item = S>) -> Result<Self, StoreError> {
-        let mut text = String::new();
+        let mut text = String::with_capacity(USUAL_KEY_BYTES);
         for segment in segments {
             let segment = segment.as_ref();
             if segment.contains('/') {

@@ -95,7 +95,7 @@ fn key(segments: &[&str]) -> Key {
 /// Key of an object by scope (project or `_`) and id.
 #[must_use]
 pub fn object_key<K: Kind>(scope: &str, id: Uuid) -> Key {
-    key(&[K::KIND, scope, &id.to_string()])
+    key(&[K::KIND, scope, id.as_hyphenated().encode_lower(&mut Uuid::encode_buffer())])
 }
 
 /// Key of this object.

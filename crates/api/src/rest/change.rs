@@ -8,7 +8,7 @@ use oblak_model::{ApiError, Code, Object, Problems, Revision};
 use serde_json::Value;
 
 use super::get::lookup;
-use super::{Params, item_param, show};
+use super::{Params, Place, show};
 use crate::auth::Caller;
 use crate::commit::transact;
 use crate::docs;
@@ -98,9 +98,8 @@ pub(super) async fn patch<K: Resource>(
     change::<K>(&app, &caller, (project, name), &Wanted::Patch(patch), expected, &identity).await
 }
 
-fn place<K: Resource>(params: &std::collections::HashMap<String, String>) -> (Option<&str>, &str) {
-    let name = params.get(item_param::<K>()).map(String::as_str).unwrap_or_default();
-    (params.get("project").map(String::as_str), name)
+fn place<K: Resource>(params: &Place) -> (Option<&str>, &str) {
+    (params.project(), params.item::<K>())
 }
 
 /// What a body says the object is; it must be that one.

@@ -1,12 +1,12 @@
 //! Creating an object.
 
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::http::{HeaderValue, Method, StatusCode, Uri, header};
 use oblak_identity::{Action, Principal};
 use oblak_model::{ApiError, Code, Kind, Object, ProjectKind};
 use oblak_store::objects;
 
-use super::{Idempotency, Params, replayed, show, shown};
+use super::{Idempotency, IdempotencyHeader, Params, replayed, show, shown};
 use crate::auth::Caller;
 use crate::commit::transact;
 use crate::docs;
@@ -24,18 +24,18 @@ pub(super) async fn create<K: Resource>(
     query: Query,
     method: Method,
     uri: Uri,
-    headers: HeaderMap,
+    idempotency: IdempotencyHeader,
     Payload(body): Payload,
 ) -> Answer {
     query.only(&[])?;
-    let project = params.get("project").map(String::as_str);
+    let project = params.project();
     // Rights come before the body is looked at; kinds whose rights depend on the object are checked again below.
     if matches!(K::ACCESS, crate::kinds::Access::Owned) {
         caller.principal.user()?;
     } else {
         allow::<K>(&app, &caller, Action::Create, project, None)?;
     }
-    let mut idempotency = Idempotency::of(&headers, &caller.principal, &method, uri.path(), &body)?;
+    let mut idempotency = Idempotency::of(&idempotency, &caller.principal, &method, uri.path(), &body)?;
     if let Some(key) = &mut idempotency
         && let Some(record) = key.earlier(&app).await?
     {
@@ -141,7 +141,7 @@ pub(crate) fn admit<K: Resource>(
         }
         draft.depend(&owner);
     }
-    if draft.find::<K>(project.unwrap_or("_"), &object.metadata.name)?.is_some() {
+    if draft.exists::<K>(project.unwrap_or("_"), &object.metadata.name)? {
         return Err(name_taken::<K>(&object.metadata.name));
     }
     draft.stamp(object, project);

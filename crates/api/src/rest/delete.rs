@@ -15,7 +15,7 @@ use oblak_model::{ApiError, Code, Object, Revision};
 use uuid::Uuid;
 
 use super::get::lookup;
-use super::{Params, item_param, show};
+use super::{Params, show};
 use crate::auth::Caller;
 use crate::commit::transact;
 use crate::docs;
@@ -36,8 +36,8 @@ pub(super) async fn delete<K: Resource>(
     headers: HeaderMap,
 ) -> Answer {
     query.only(&["if_match"])?;
-    let project = params.get("project").map(String::as_str);
-    let name = params.get(item_param::<K>()).map(String::as_str).unwrap_or_default();
+    let project = params.project();
+    let name = params.item::<K>();
     let item = lookup::<K>(&app, &caller, project, name, Action::Delete)?;
     if !caller.principal.is_cloud_admin() && K::KIND == "user" {
         return Err(ApiError::new(Code::Forbidden, "only a cloud admin deletes users").into());

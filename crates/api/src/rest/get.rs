@@ -3,18 +3,18 @@
 use std::sync::Arc;
 
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use oblak_identity::Action;
 use oblak_model::{ApiError, Code, EventKind, Kind, Object, Scope};
 use oblak_store::{Prefix, objects};
 
-use super::{Params, item_param, show, shown};
+use super::{Params, show, shown};
 use crate::auth::Caller;
 use crate::docs;
 use crate::error::{Answer, store_error};
 use crate::kinds::{Access, Resource, allow};
-use crate::request::{Query, parse_etag};
+use crate::request::{IfNoneMatch, Query};
 use crate::state::App;
 
 pub(super) async fn get<K: Resource>(
@@ -22,13 +22,12 @@ pub(super) async fn get<K: Resource>(
     caller: Caller,
     Path(params): Params,
     query: Query,
-    headers: HeaderMap,
+    IfNoneMatch(seen): IfNoneMatch,
 ) -> Answer {
     query.only(&[])?;
-    let project = params.get("project").map(String::as_str);
-    let name = params.get(item_param::<K>()).map(String::as_str).unwrap_or_default();
+    let project = params.project();
+    let name = params.item::<K>();
     let item = lookup::<K>(&app, &caller, project, name, Action::Read)?;
-    let seen = headers.get(header::IF_NONE_MATCH).and_then(|v| parse_etag(v.to_str().ok()?));
     if seen == Some(item.revision) && !K::DECORATED {
         return Ok(StatusCode::NOT_MODIFIED.into_response());
     }

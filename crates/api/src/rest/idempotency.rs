@@ -1,6 +1,8 @@
 //! The same creation sent twice creates once.
 
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::extract::FromRequestParts;
+use axum::http::request::Parts;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::Response;
 use oblak_control::lifecycle::{IDEMPOTENCY_LIFE, IdempotencyRecord, idempotency_key};
 use oblak_identity::Principal;
@@ -19,6 +21,16 @@ const HEADER: HeaderName = HeaderName::from_static("idempotency-key");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const LONGEST: usize = 128;
 
+/// The header, taken out by itself: most requests have none, and a copy of all headers costs more.
+pub(crate) struct IdempotencyHeader(Option<HeaderValue>);
+
+impl FromRequestParts<App> for IdempotencyHeader {
+    type Rejection = std::convert::Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, Self::Rejection> {
+        Ok(Self(parts.headers.get(HEADER).cloned()))
+    }
+}
+
 /// The key of a request, and what is known under it.
 pub(crate) struct Idempotency {
     key: Key,
@@ -30,13 +42,13 @@ pub(crate) struct Idempotency {
 impl Idempotency {
     /// None when the request has no key.
     pub fn of(
-        headers: &HeaderMap,
+        header: &IdempotencyHeader,
         principal: &Principal,
         method: &Method,
         path: &str,
         body: &[u8],
     ) -> Result<Option<Self>, ApiError> {
-        let Some(value) = headers.get(HEADER) else { return Ok(None) };
+        let Some(value) = &header.0 else { return Ok(None) };
         let text = value.to_str().unwrap_or_default();
         if text.is_empty() || text.len() > LONGEST {
             return Err(ApiError::new(

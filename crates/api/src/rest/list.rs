@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use axum::body::Body;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use base64::Engine;
 use bytes::Bytes;
 use oblak_identity::{Action, Principal, Target};
@@ -21,7 +22,7 @@ use crate::auth::Caller;
 use crate::docs::{self, Item};
 use crate::error::{Answer, store_error};
 use crate::kinds::{Access, Resource, allow};
-use crate::middleware::REVISION;
+use crate::middleware::{REVISION, plain_value};
 use crate::request::Query;
 use crate::state::App;
 
@@ -38,7 +39,7 @@ pub(super) async fn list<K: Resource>(
     query: Query,
     headers: HeaderMap,
 ) -> Answer {
-    let project = params.get("project").map(String::as_str).filter(|_| K::ACCESS == Access::InProject);
+    let project = params.project().filter(|_| K::ACCESS == Access::InProject);
     match K::ACCESS {
         Access::Owned | Access::Project => {
             caller.principal.user()?;
@@ -106,12 +107,10 @@ async fn answer<K: Resource>(
 }
 
 fn respond(body: Bytes, revision: Revision) -> Response {
-    let mut response = body.into_response();
+    let mut response = Response::new(Body::from(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Ok(value) = HeaderValue::from_str(&revision.to_string()) {
-        headers.insert(REVISION, value);
-    }
+    headers.insert(REVISION, plain_value(format_args!("{revision}")));
     response
 }
 

@@ -10,15 +10,17 @@ mod unfinished;
 mod watch;
 
 use axum::Router;
+use axum::body::Body;
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::routing::{MethodRouter, get};
 use oblak_model::{Object, Revision, Scope};
+use serde::Deserialize;
 
 pub(crate) use self::change::{Wanted, apply_spec};
 pub(crate) use self::create::{accept, admit};
 pub(crate) use self::delete::CHECK_FINALIZER;
-pub(crate) use self::idempotency::{Idempotency, replayed};
+pub(crate) use self::idempotency::{Idempotency, IdempotencyHeader, replayed};
 pub(crate) use self::list::{PageCache, cursor};
 pub(crate) use self::unfinished::finish_deletions;
 pub(crate) use self::watch::event_stream;
@@ -27,8 +29,29 @@ use crate::kinds::Resource;
 use crate::middleware::{REVISION, plain_value};
 use crate::state::App;
 
-/// Path parameters: `project` and the name of the object.
-pub(crate) type Params = axum::extract::Path<std::collections::HashMap<String, String>>;
+/// Path parameters.
+pub(crate) type Params = axum::extract::Path<Place>;
+
+/// Where an object is.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct Place {
+    #[serde(default)]
+    project: Option<String>,
+    #[serde(default)]
+    name: Option<String>,
+}
+
+impl Place {
+    pub fn project(&self) -> Option<&str> {
+        self.project.as_deref()
+    }
+
+    /// The object's name or id.
+    pub fn item<K: Resource>(&self) -> &str {
+        let item = if K::SCOPE == Scope::Organization { &self.project } else { &self.name };
+        item.as_deref().unwrap_or_default()
+    }
+}
 
 /// Name of the path parameter with the object's name or id. The path of a project itself shares its parameter with everything below it.
 pub(crate) fn item_param<K: Resource>() -> &'static str {
@@ -63,11 +86,16 @@ pub(crate) fn show<K: Resource>(status: StatusCode, object: &Object<K>, revision
     shown(status, body, object.metadata.revision, revision)
 }
 
+/// Room for the headers of an answer with those that the layers around add, so that it is made once.
+const HEADERS: usize = 10;
+
 pub(crate) fn shown(status: StatusCode, body: Vec<u8>, etag: Revision, revision: Revision) -> Response {
-    let mut response = (status, body).into_response();
+    let mut response = Response::new(Body::from(body));
+    *response.status_mut() = status;
     let headers = response.headers_mut();
+    headers.reserve(HEADERS);
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    headers.insert(header::ETAG, plain_value(format!("\"{etag}\"")));
-    headers.insert(REVISION, plain_value(revision.to_string()));
+    headers.insert(header::ETAG, plain_value(format_args!("\"{etag}\"")));
+    headers.insert(REVISION, plain_value(format_args!("{revision}")));
     response
 }

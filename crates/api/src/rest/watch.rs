@@ -88,8 +88,7 @@ async fn shown_at<K: Resource>(
         for entry in page.entries {
             let value = docs::decode(&entry).map_err(|e| store_error(&e))?;
             let Some(id) = value.object().map(|doc| doc.id) else { continue };
-            let (key, raw) = (entry.key, entry.value);
-            let item = Item { key, value, raw, revision: entry.revision, created: entry.created };
+            let item = Item::new(entry, value);
             let value = filter.value::<K>(app, &item)?;
             if filter.matches::<K>(&item, value.as_ref())? {
                 ids.insert(id);
@@ -198,7 +197,7 @@ impl<K: Resource> Pump<K> {
         let entry =
             oblak_store::Entry { key: change.key.clone(), value: raw.clone(), revision, created: change.created };
         let value: Doc = docs::decode(&entry).map_err(|e| store_error(&e))?;
-        let item = Item { key: entry.key, value, raw: entry.value, revision, created: entry.created };
+        let item = Item::new(entry, value);
         let value = self.filter.value::<K>(&self.app, &item)?;
         if !self.filter.matches::<K>(&item, value.as_ref())? {
             return Ok(None);

@@ -40,7 +40,7 @@ impl<T> Filler<T> {
 
     fn item(&self, entry: Entry) -> Decoded<T> {
         let value = (self.decode)(&entry).map_err(|error| error.to_string())?;
-        Ok(Arc::new(Item { key: entry.key, value, raw: entry.value, revision: entry.revision, created: entry.created }))
+        Ok(Arc::new(Item::new(entry, value)))
     }
 
     fn lock(&self) -> RwLockWriteGuard<'_, Mirror<T>> {

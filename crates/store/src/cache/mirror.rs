@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::{CacheStats, Item, Terms};
 use crate::{Key, Prefix, Revision};
@@ -83,8 +84,9 @@ impl<T> Mirror<T> {
         Some(old)
     }
 
-    /// Takes an item that is no longer there out of the indexes.
+    /// Marks an item that is no longer there, and takes it out of the indexes.
     fn forget(&mut self, old: &Item<T>) {
+        old.gone.store(true, Ordering::Release);
         self.bytes -= old.raw.len();
         for index in &mut self.indexes {
             for term in (index.terms)(old) {

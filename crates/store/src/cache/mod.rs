@@ -15,6 +15,7 @@ mod subscribe;
 #[cfg(test)]
 mod tests;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -46,6 +47,22 @@ pub struct Item<T> {
     pub revision: Revision,
     /// When it came into being.
     pub created: Revision,
+    gone: AtomicBool,
+}
+
+impl<T> Item<T> {
+    /// An entry with what it was decoded to.
+    #[must_use]
+    pub fn new(entry: Entry, value: T) -> Self {
+        let Entry { key, value: raw, revision, created } = entry;
+        Self { key, value, raw, revision, created, gone: AtomicBool::new(false) }
+    }
+
+    /// Whether the mirror that it came from has no longer this item at its key. Told from the moment on in which reads show the change.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
 }
 
 /// Turns an entry into a value.

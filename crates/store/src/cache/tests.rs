@@ -58,6 +58,23 @@ async fn a_reader_sees_its_own_write_after_waiting() {
 }
 
 #[tokio::test]
+async fn items_say_when_they_are_gone() {
+    let store = Arc::new(MemoryStore::new());
+    let numbers = fill(&store, 3).await;
+    let cache = Cache::start(Arc::<MemoryStore>::clone(&store), source()).await.unwrap();
+    let [kept, changed, removed] = ["00000", "00001", "00002"].map(|n| cache.get(&format!("/n/{n}")).unwrap());
+    let mut read = numbers.get("00001").await.unwrap().unwrap();
+    read.value = 7;
+    assert!(numbers.replace(&read).await.unwrap().revision().is_some());
+    let read = numbers.get("00002").await.unwrap().unwrap();
+    let last = numbers.delete(&read).await.unwrap().revision().unwrap();
+    assert!(!kept.is_gone());
+    cache.wait_for(last, DEADLINE).await.unwrap();
+    assert_eq!([&kept, &changed, &removed].map(|item| item.is_gone()), [false, true, true]);
+    assert!(!cache.get("/n/00001").unwrap().is_gone());
+}
+
+#[tokio::test]
 async fn subscribers_hear_every_change_with_both_values() {
     let store = Arc::new(MemoryStore::new());
     let numbers = fill(&store, 2).await;

@@ -14,17 +14,29 @@ pub type Result<T, E = redb::Error> = std::result::Result<T, E>;
 /// Most revisions trimmed beside one batch, so that trimming never holds up commits for long.
 const TRIM_REVISIONS: u64 = 512;
 
+type Superseded<'t> = Table<'t, (&'static str, u64), &'static [u8]>;
+
 pub struct OpenTables<'t> {
     txn: &'t WriteTransaction,
     live: Table<'t, &'static str, &'static [u8]>,
-    superseded: Table<'t, (&'static str, u64), &'static [u8]>,
+    /// Opened when the first value is replaced: a batch of creates never needs it.
+    superseded: Option<Superseded<'t>>,
     leases: &'t Leases,
     row: Vec<u8>,
 }
 
 impl<'t> OpenTables<'t> {
     pub fn open(txn: &'t WriteTransaction, leases: &'t Leases) -> Result<Self> {
-        Ok(Self { txn, live: txn.open_table(LIVE)?, superseded: txn.open_table(SUPERSEDED)?, leases, row: Vec::new() })
+        Ok(Self { txn, live: txn.open_table(LIVE)?, superseded: None, leases, row: Vec::new() })
+    }
+
+    fn supersede(&mut self, key: &Key, prev: Head, row: &[u8]) -> Result<()> {
+        let superseded = match &mut self.superseded {
+            Some(superseded) => superseded,
+            unopened => unopened.insert(self.txn.open_table(SUPERSEDED)?),
+        };
+        superseded.insert((key.as_str(), prev.revision.n), row)?;
+        Ok(())
     }
 }
 
@@ -44,21 +56,17 @@ impl Tables for OpenTables<'_> {
 
     fn put(&mut self, key: &Key, head: Head, value: &Bytes, prev: Option<Head>) -> Result<()> {
         layout::encode_live(&mut self.row, head, value);
-        let old = self.live.insert(key.as_str(), &*self.row)?;
+        let old = self.live.insert(key.as_str(), &*self.row)?.map(|old| superseded_row(head.revision.n, old.value()));
         if let (Some(prev), Some(old)) = (prev, old) {
-            let mut row = Vec::with_capacity(old.value().len() + 8);
-            layout::encode_superseded(&mut row, head.revision.n, old.value());
-            drop(old);
-            self.superseded.insert((key.as_str(), prev.revision.n), &*row)?;
+            self.supersede(key, prev, &old)?;
         }
         Ok(())
     }
 
     fn remove(&mut self, key: &Key, prev: Head, at: Revision) -> Result<()> {
-        if let Some(old) = self.live.remove(key.as_str())? {
-            layout::encode_superseded(&mut self.row, at.n, old.value());
-            drop(old);
-            self.superseded.insert((key.as_str(), prev.revision.n), &*self.row)?;
+        let old = self.live.remove(key.as_str())?.map(|old| superseded_row(at.n, old.value()));
+        if let Some(old) = old {
+            self.supersede(key, prev, &old)?;
         }
         Ok(())
     }
@@ -72,6 +80,12 @@ impl Tables for OpenTables<'_> {
         self.txn.open_table(LEASE_KEYS)?.remove((lease.0, key.as_str()))?;
         Ok(())
     }
+}
+
+fn superseded_row(until: u64, live: &[u8]) -> Vec<u8> {
+    let mut row = Vec::with_capacity(live.len() + 8);
+    layout::encode_superseded(&mut row, until, live);
+    row
 }
 
 /// Adds the row of a batch.
