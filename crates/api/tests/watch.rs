@@ -156,6 +156,31 @@ async fn a_node_sees_what_concerns_it_and_nothing_else() {
     assert_eq!(gone, ["image", "instance", "instance", "network", "port", "port", "security-group", "subnet"]);
 }
 
+/// An image is kept ready on every node as long as there is an instance anywhere that may have to be started there.
+#[tokio::test]
+async fn an_image_is_taken_back_with_the_last_instance_that_it_was_kept_for() {
+    let cloud = Cloud::new().await;
+    let (n1, _) = cloud.register("n1").await;
+    let mut events = Events::open(&cloud, &format!("/v1/nodes/{n1}/watch"), "", Some(n1)).await;
+    assert_eq!(until_synced(&mut events).await, ["node/n1"]);
+    for name in ["a", "b"] {
+        let spec = json!({"image": "tiny", "isolation": "vm", "ha": true, "ephemeral": true});
+        cloud.post(INSTANCES, json!({"metadata": {"name": name}, "spec": spec})).await.ok();
+    }
+    assert_eq!(describe(&mut events).await, "put image/tiny");
+    cloud.delete(&format!("{INSTANCES}/a")).await.ok();
+    cloud.patch("/v1/nodes/n1", json!({"spec": {"schedulable": false}})).await.ok();
+    loop {
+        match describe(&mut events).await.as_str() {
+            "put image/tiny" => {}
+            other => break assert_eq!(other, "put node/n1", "it is kept for the other one"),
+        }
+    }
+    cloud.delete(&format!("{INSTANCES}/b")).await.ok();
+    let gone = describe(&mut events).await;
+    assert!(gone.starts_with("delete image/"), "{gone}");
+}
+
 /// What is told of other nodes is where to reach those that have ports of the same project, and nothing else.
 #[tokio::test]
 async fn a_node_learns_where_the_nodes_of_its_networks_are() {

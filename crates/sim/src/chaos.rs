@@ -8,6 +8,7 @@ use crate::chance::Dice;
 use crate::cloud::Cloud;
 use crate::drivers::Day;
 use crate::net::{Cut, Weather};
+use crate::node::Machine;
 use crate::store::Mood;
 
 /// Room for volumes on a machine's disk when nothing is wrong with it.
@@ -38,8 +39,8 @@ pub async fn run(cloud: &Cloud) {
             self::mend(cloud, mend);
         }
         tokio::time::sleep_until(next).await;
-        let within = dice.between(Duration::from_millis(100), Duration::from_secs(50));
-        if let Some(mend) = strike(cloud, &mut dice).await {
+        for mend in strike(cloud, &mut dice).await {
+            let within = dice.between(Duration::from_millis(100), Duration::from_secs(50));
             mends.push((next + within, mend));
         }
     }
@@ -75,79 +76,104 @@ fn start(cloud: &Cloud, n: usize) {
     }
 }
 
-async fn strike(cloud: &Cloud, dice: &mut Dice) -> Option<Mend> {
-    let n = dice.below(cloud.machines.len());
-    let machine = cloud.machines.get(n)?;
-    match dice.below(110) {
+async fn strike(cloud: &Cloud, dice: &mut Dice) -> Vec<Mend> {
+    let n = victim(cloud, dice);
+    let Some(machine) = cloud.machines.get(n) else { return Vec::new() };
+    match dice.below(116) {
         0..=14 => {
             machine.kill(&cloud.trace);
-            Some(Mend::Agent(n))
+            vec![Mend::Agent(n)]
         }
         15..=21 => {
             let n = dice.below(cloud.servers.len());
             cloud.servers[n].kill();
-            Some(Mend::Server(n))
+            vec![Mend::Server(n)]
         }
-        22..=26 => {
-            let n = dice.below(cloud.servers.len());
-            cloud.trace.note("chaos", format_args!("server {} is paused", cloud.servers[n].name()));
-            cloud.servers[n].pause.begin();
-            Some(Mend::Pause(n))
-        }
-        27..=44 => {
-            let cut = *dice.choose(&[
-                Cut { up: true, down: true },
-                Cut { up: true, down: false },
-                Cut { up: false, down: true },
-            ])?;
+        22..=32 => pause(cloud, dice),
+        33..=50 => {
+            let cut = match dice.below(3) {
+                0 => Cut { up: true, down: true },
+                1 => Cut { up: true, down: false },
+                _ => Cut { up: false, down: true },
+            };
             cloud.trace.note("chaos", format_args!("the link of {} is cut: {cut:?}", machine.name));
             cloud.net.cut(&machine.name, cut);
-            Some(Mend::Link(machine.name.clone()))
+            vec![Mend::Link(machine.name.clone())]
         }
-        45..=60 => {
+        51..=66 => {
             weather(cloud, dice);
-            None
+            Vec::new()
         }
-        61..=72 => {
+        67..=78 => {
             mood(cloud, dice);
-            None
-        }
-        73..=78 => {
-            cloud.compact().await;
-            None
+            Vec::new()
         }
         79..=84 => {
-            let all: Vec<_> = machine.guests.running().into_iter().collect();
-            let guest = *dice.choose(&all)?;
-            cloud.trace.note("chaos", format_args!("guest {guest} is lost"));
-            if dice.permille(500) {
-                machine.guests.lose(guest);
-            } else {
-                machine.guests.exit(guest, 1);
-            }
-            None
+            cloud.compact().await;
+            Vec::new()
         }
-        85..=94 => {
+        85..=90 => {
+            lose_guest(cloud, machine, dice);
+            Vec::new()
+        }
+        91..=100 => {
             let hangs = if dice.permille(300) { 200 } else { 0 };
             let day = Day { fails: 300, delay: dice.between(Duration::ZERO, Duration::from_secs(30)), hangs };
             cloud.trace.note("chaos", format_args!("{} has a bad day: {day:?}", machine.name));
             machine.days.set(day);
-            Some(Mend::Day(n))
+            vec![Mend::Day(n)]
         }
-        95..=98 => {
+        101..=104 => {
             cloud.trace.note("chaos", "the disk of the store is full");
             cloud.moods.fill(true);
-            Some(Mend::Store)
+            vec![Mend::Store]
         }
-        99..=103 => {
+        105..=109 => {
             cloud.trace.note("chaos", format_args!("the disk of {} is full", machine.name));
             machine.volumes.set_capacity(Size::ZERO);
-            Some(Mend::Disk(n))
+            vec![Mend::Disk(n)]
         }
         _ => {
             machine.reboot(&cloud.trace);
-            Some(Mend::Agent(n))
+            vec![Mend::Agent(n)]
         }
+    }
+}
+
+/// Any machine; often one that an instance moves to or from, because that is when most can go wrong.
+fn victim(cloud: &Cloud, dice: &mut Dice) -> usize {
+    let (any, moving) = (dice.below(cloud.machines.len()), dice.permille(400));
+    if !moving {
+        return any;
+    }
+    let ends: Vec<_> = (cloud.checks.mirror().instances.values())
+        .filter_map(|i| i.status.migration.as_ref().filter(|m| !m.phase.is_over()))
+        .flat_map(|m| [m.from, m.to])
+        .collect();
+    let end = dice.choose(&ends);
+    end.and_then(|end| cloud.machines.iter().position(|m| m.id == *end)).unwrap_or(any)
+}
+
+/// A server stands still, or all of them do: then nobody takes over, and the first that goes on may believe that it still leads.
+fn pause(cloud: &Cloud, dice: &mut Dice) -> Vec<Mend> {
+    let one = dice.below(cloud.servers.len());
+    let all = dice.permille(500);
+    let paused: Vec<usize> = (0..cloud.servers.len()).filter(|n| all || *n == one).collect();
+    for n in &paused {
+        cloud.trace.note("chaos", format_args!("server {} is paused", cloud.servers[*n].name()));
+        cloud.servers[*n].pause.begin();
+    }
+    paused.into_iter().map(Mend::Pause).collect()
+}
+
+fn lose_guest(cloud: &Cloud, machine: &Machine, dice: &mut Dice) {
+    let all: Vec<_> = machine.guests.running().into_iter().collect();
+    let Some(guest) = dice.choose(&all).copied() else { return };
+    cloud.trace.note("chaos", format_args!("guest {guest} is lost"));
+    if dice.permille(500) {
+        machine.guests.lose(guest);
+    } else {
+        machine.guests.exit(guest, 1);
     }
 }
 

@@ -112,13 +112,19 @@ impl Store for StoreLink {
     }
     async fn commit(&self, txn: Txn) -> Result<CommitOutcome> {
         self.pause.over().await;
-        let leads = self.leader.filter(|_| !is_election(&txn));
-        let outcome = self.store.commit(txn).await;
-        if let (Some(server), Ok(CommitOutcome::Committed(at))) = (leads, &outcome) {
-            self.store.checks().leader_commits(server, *at);
-        }
+        let (leads, id) = (self.leader.filter(|_| !is_election(&txn)), txn.id);
+        let store = self.store.clone();
+        // What is on its way is nobody's any more: it arrives although whoever sent it has given up since, or was killed.
+        let sent = tokio::spawn(async move {
+            let outcome = store.commit(txn).await;
+            if let (Some(server), Ok(CommitOutcome::Committed(at))) = (leads, &outcome) {
+                store.checks().leader_commits(server, *at);
+            }
+            outcome
+        });
+        let outcome = sent.await;
         self.pause.over().await;
-        outcome
+        outcome.unwrap_or(Ok(CommitOutcome::Unknown(id)))
     }
     async fn outcome(&self, id: TxnId) -> Result<Option<Revision>> {
         self.pause.over().await;

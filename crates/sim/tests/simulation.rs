@@ -64,6 +64,11 @@ fn finds_changes_that_undo_each_other() {
 }
 
 #[test]
+fn finds_a_server_that_commits_although_it_does_not_lead() {
+    finds(Mutation::NoLeaderGuard, "commits, but the leader is");
+}
+
+#[test]
 fn finds_ports_that_do_not_know_their_node() {
     finds(Mutation::NoPortWrites, "its port");
 }

@@ -185,10 +185,14 @@ impl View {
         }
         let here = |item: &Item| item.value.object().is_some_and(|doc| doc.nodes().contains(&self.node.0));
         let instance = key.starts_with("/instance/");
-        if instance && (old.is_some_and(here) || new.is_some_and(|item| here(item))) {
+        let keeps = |item: &Item| item.value.object().filter(|doc| doc.ha).and_then(|doc| doc.image);
+        let kept = new.and_then(|item| keeps(item));
+        // The last instance elsewhere for which the image was kept ready here may have gone.
+        let given_up = |image: &Uuid| kept != Some(*image) && !docs::is_kept_everywhere(&self.app.docs, *image);
+        let given_up = old.and_then(keeps).is_some_and(|image| given_up(&image));
+        if instance && (given_up || old.is_some_and(here) || new.is_some_and(|item| here(item))) {
             self.rederive().await?;
         }
-        let kept = new.and_then(|item| item.value.object().filter(|doc| doc.ha).and_then(|doc| doc.image));
         if let Some(image) = kept.filter(|image| self.images.insert(*image)) {
             for item in self.used_images(&HashSet::from([image])) {
                 self.put(&item).await?;
