@@ -271,7 +271,11 @@ impl Fencer {
             let pause = match verdict {
                 // Whoever let it go meanwhile, past us, is not obeyed.
                 Some(Verdict::Freeze) if frozen => {
-                    if freezer.is_still().await || freezer.freeze().await { FROZEN_EVERY } else { AGAIN }
+                    if freezer.is_still().await || freezer.freeze().await {
+                        FROZEN_EVERY
+                    } else {
+                        AGAIN
+                    }
                 }
                 Some(Verdict::Freeze) => {
                     self.say(true, true);
